@@ -1,0 +1,1 @@
+"""Scaled dot-product attention with grouped heads and document borders."""

@@ -1,0 +1,1 @@
+"""Cross-entropy of a linear classifier without the array of logits."""

@@ -1,0 +1,1 @@
+"""Train and study tiny language models in JAX: configs, parameters, batches and keys are all plain data."""

@@ -1,0 +1,1 @@
+"""Data: corpus -> documents -> split -> tokenizer -> memory-mapped tokens -> batches addressed by step."""
