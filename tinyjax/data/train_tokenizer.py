@@ -95,9 +95,12 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _most_common(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Yield the most common characters: a char model depends on nothing else, and this keeps `vocab_size` a limit."""
+    """Yield the most common characters: a char model depends on nothing else, and this keeps `vocab_size` a limit.
+
+    Line ends are left to their bytes, one token either way: sentencepiece cuts them off the end of a sentence.
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    yield from [character for character in ranked if not RESERVED.match(character)][:limit]
+    yield from [character for character in ranked if not RESERVED.match(character) and character not in "\r\n"][:limit]

@@ -40,26 +40,12 @@ def render(plot: Plot) -> bytes:
     figure = Figure(figsize=(_WIDTH, _HEIGHT + _LEGEND_ROW * rows), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor="white")
-    axes.set_xscale("log" if plot.log_x else "linear")
-    axes.set_yscale("log" if plot.log_y else "linear")
-
     clouds = [_points(series, plot) for series in plot.series]
     levels = _drawable(np.array([y for _, y in plot.references], np.float64), plot.log_y)
-    half = [np.nan_to_num(error_N) for _, _, error_N in clouds]
-    y = [y_N + sign * half_N for (_, y_N, _), half_N in zip(clouds, half, strict=True) for sign in (-1, 1)]
-    x_limits = _limits(np.concatenate([[], *(x_N[~np.isnan(y_N)] for x_N, y_N, _ in clouds)]), plot.log_x)
-    y_limits = _limits(np.concatenate([levels, *y]), plot.log_y)
-    axes.autoscale(False)
-    if x_limits:
-        axes.set_xlim(x_limits)
-    if y_limits:
-        axes.set_ylim(y_limits)
+    _frame(axes, plot, clouds, levels)
     handles = [_draw(axes, s, points, i) for i, (s, points) in enumerate(zip(plot.series, clouds, strict=True))]
     handles += [_refer(axes, y, i) for i, y in enumerate(levels)]
     _dress(axes, plot)
-    if not (x_limits or y_limits):
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=_GREY, fontfamily=_FONT)
     if any(labels):
         legend = figure.legend(
             handles[: len(labels)],
@@ -77,6 +63,26 @@ def render(plot: Plot) -> bytes:
     return out.getvalue()
 
 
+def _frame(axes: Axes, plot: Plot, clouds: list[np.ndarray], levels: np.ndarray) -> None:
+    """Set the scales and the limits, or say that there is nothing to draw.
+
+    matplotlib's own limits warn, and differ between versions, when values coincide up to rounding.
+    """
+    axes.set(xscale="log" if plot.log_x else "linear", yscale="log" if plot.log_y else "linear")
+    axes.autoscale(False)
+    x = [x_N[~np.isnan(y_N)] for x_N, y_N, _ in clouds]
+    y = [y_N + sign * np.nan_to_num(error_N) for _, y_N, error_N in clouds for sign in (-1, 0, 1)]
+    x_limits = _limits(np.concatenate([[], *x]), plot.log_x)
+    y_limits = _limits(np.concatenate([levels, *y]), plot.log_y)
+    if x_limits:
+        axes.set_xlim(x_limits)
+    if y_limits:
+        axes.set_ylim(y_limits)
+    if not (x_limits or y_limits):
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=_GREY, fontfamily=_FONT)
+
+
 def _drawable(values: np.ndarray, is_log: bool) -> np.ndarray:
     """Return the values with NaN for each that has no place on the axis."""
     drawable = np.abs(values) < _LARGEST
@@ -84,10 +90,7 @@ def _drawable(values: np.ndarray, is_log: bool) -> np.ndarray:
 
 
 def _limits(values: np.ndarray, is_log: bool) -> tuple[float, float] | None:
-    """Return the ends of an axis that shows all values with some room, or None without a value.
-
-    matplotlib's own choice warns, and differs between versions, when values coincide up to rounding.
-    """
+    """Return the ends of an axis that shows all values with some room, or None without a value."""
     values = _drawable(values, is_log)
     places = values[~np.isnan(values)]
     if not places.size:

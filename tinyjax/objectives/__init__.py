@@ -1,0 +1,1 @@
+"""What is minimised: each objective returns its loss as a sum and a count."""

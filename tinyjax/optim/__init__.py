@@ -1,0 +1,1 @@
+"""Optimizers as optax transformations, and schedules as functions of the step."""
