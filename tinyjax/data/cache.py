@@ -1,5 +1,6 @@
 """Files and folders that are there in full or not at all, however many processes write them at once."""
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -56,7 +57,8 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another cache folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone after the rename, and out of reach where nothing could be written
+            temporary.unlink()
 
 
 def _temporary(path: Path) -> Path:

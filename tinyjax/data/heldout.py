@@ -62,6 +62,18 @@ class HeldoutBatches(Sequence[Batch]):
         rows = self._rows[index * size : (index + 1) * size]
         return packing.evaluation_rows(self._split, rows, size, self._data.sequence)
 
+    def documents(self, index: int) -> np.ndarray:
+        """Return int32 [batch, sequence]: the number of the document each prediction of a batch lies in, -1: padding."""
+        size = self._data.batch
+        document_BS = np.full((size, self._data.sequence), -1, np.int32)
+        for r, row in enumerate(self._rows[index * size : (index + 1) * size]):
+            start = 0
+            for piece in row:
+                document = np.searchsorted(self._split.offsets, piece.address, side="right") - 1
+                document_BS[r, start : start + piece.length] = document
+                start += piece.length
+        return document_BS
+
 
 def heldout_batches(split: Split, data: DataConfig, max_positions: int | None) -> HeldoutBatches:
     """Return the evaluation batches of the selection of `max_positions` (see `heldout_selection`)."""

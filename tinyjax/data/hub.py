@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from tinyjax.data.readers import Document, checked_text
 from tinyjax.errors import UserError
 
-SPEC = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
+SPEC = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
 
 
 def documents(spec: str, text_field: str) -> Iterator[Document]:
-    """Yield the rows of hf:NAME[:CONFIG][@SPLIT]; SPLIT is "train" when not given.
+    """Yield the rows of hf:NAME[:CONFIG][@SPLIT]; SPLIT is "train" when not given, and may be a slice as in train[:1%].
 
     The dataset is downloaded once by the `datasets` library into its own cache. Raises UserError when that fails.
     """

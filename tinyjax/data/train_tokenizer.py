@@ -20,6 +20,7 @@ SETTINGS = {
     "add_dummy_prefix": False,
     "allow_whitespace_only_pieces": True,
     "split_digits": True,
+    "required_chars": SPACE,  # without a piece for it, a space would fall back to the bytes of U+2581
     "unk_id": 0,
     "bos_id": 1,
     "eos_id": 2,
@@ -103,4 +104,6 @@ def _most_common(texts: Iterable[str], limit: int) -> Iterator[str]:
     for text in texts:
         counts.update(text)
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    yield from [character for character in ranked if not RESERVED.match(character) and character not in "\r\n"][:limit]
+    kept = [character for character in ranked if not RESERVED.match(character) and character not in " \r\n"]
+    if kept:
+        yield from [" ", *kept[: limit - 1]]

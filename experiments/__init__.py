@@ -1,0 +1,1 @@
+"""Experiments: one readable file each, all run by `python -m experiments.run NAME`."""
