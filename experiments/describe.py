@@ -27,7 +27,11 @@ def derived_tables(derived: dict[str, Any]) -> tuple[Table, ...]:
             (
                 *params,
                 ("total", total, 100.0),
-                ("without token tables", derived["params_without_tables"], 100 * derived["params_without_tables"] / total),
+                (
+                    "without token tables",
+                    derived["params_without_tables"],
+                    100 * derived["params_without_tables"] / total,
+                ),
             ),
         ),
         Table(

@@ -91,13 +91,15 @@ def claim(evaluation: dict, baseline: dict) -> Claim:
     """Return the claim about one corpus, decided at two standard errors over documents."""
     gzip = 8 * baseline["compressed"]["gzip -9"] / baseline["bytes"]
     ours, error = evaluation["bits_per_byte"], evaluation["bits_per_byte_error"]
-    margin = 0.0 if error is None else 2 * error
-    verdict = "holds" if ours + margin < gzip else "fails" if ours - margin > gzip else "undecided"
+    if error is None:  # of a single document
+        verdict, shown = "undecided", f"{ours:.3f} (1 document: no error can be given)"
+    else:
+        verdict = "holds" if ours + 2 * error < gzip else "fails" if ours - 2 * error > gzip else "undecided"
+        shown = f"{ours:.3f} ± {2 * error:.3f} (two standard errors over {evaluation['documents']} documents)"
     return Claim(
         f"On held-out documents of {evaluation['name']} the model needs fewer bits per byte than gzip -9.",
-        verdict if error is not None else "undecided",
-        f"{ours:.3f} ± {margin:.3f} (two standard errors over {evaluation['documents']} documents) against {gzip:.3f} "
-        f"for gzip -9, on the same {evaluation['bytes']:,} bytes; 1 seed",
+        verdict,
+        f"{shown} against {gzip:.3f} for gzip -9, on the same {evaluation['bytes']:,} bytes; 1 seed",
     )
 
 

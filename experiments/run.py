@@ -1,6 +1,6 @@
 """The only entry point: run an experiment, continue it, show what it would do, or make its page again.
 
-    python -m experiments.run NAME [--preset=cpu] [--set path=value ...] [--workdir=DIR] [--dry_run]
+python -m experiments.run NAME [--preset=cpu] [--set path=value ...] [--workdir=DIR] [--dry_run]
 """
 
 import argparse
@@ -34,7 +34,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help="override a config field"
     )
     parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/NAME/IDENTITY)")
-    parser.add_argument("--cache_dir", type=Path, help="tokenised corpora, compiled programs (default: ~/.cache/tinyjax)")
+    parser.add_argument(
+        "--cache_dir", type=Path, help="tokenised corpora, compiled programs (default: ~/.cache/tinyjax)"
+    )
     parser.add_argument("--dry_run", action="store_true", help="show the resolved config and its cost; run nothing")
     parser.add_argument("--report", action="store_true", help="make the page again from what is stored; train nothing")
     parser.add_argument("--no_huge_pages", action="store_true", help="do not restart with huge pages for malloc")
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        return _refuse(f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; make room or choose others")
+        return _refuse(
+            f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; make room or choose others"
+        )
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues the run", file=sys.stderr)
         return 130
@@ -114,10 +118,9 @@ def _own(folder: Path, name: str, configs: list, write: bool) -> None:
         held, wanted = (list(x.get("trials", {}).values())[:1] for x in (theirs, mine))
         changed = [f"experiment: {theirs.get('experiment')} -> {name}"] if theirs.get("experiment") != name else []
         changed += differences(held[0], wanted[0]) if held else []
-        raise UserError(
-            f"{folder}: holds a run of another config ({'; '.join(changed[:3])}); choose another --workdir"
-        )
+        raise UserError(f"{folder}: holds a run of another config ({'; '.join(changed[:3])}); choose another --workdir")
     if write:
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / EXPERIMENT, mine)
 
 

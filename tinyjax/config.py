@@ -99,9 +99,15 @@ def from_json(kind: Any, data: Any, path: str = "") -> Any:
 
 def _scalar(kind: type, data: Any, where: str) -> Any:
     if kind is float and type(data) in (int, float):
-        if not math.isfinite(data):
-            raise ConfigError(where, f"expected a finite number, got {data}")
-        return float(data)
+        try:
+            value = float(data)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise ConfigError(where, f"expected a finite number, got {value}")
+        return value + 0.0  # -0.0 and 0.0 are equal and must hash alike
+    if kind is str and type(data) is str and any("\ud800" <= c <= "\udfff" for c in data):
+        raise ConfigError(where, f"{data!r} is not valid Unicode; write it in UTF-8")
     if kind in (int, str, bool) and type(data) is kind:
         return data
     raise ConfigError(where, f"expected {_name(kind)}, got {data!r}")
@@ -197,11 +203,13 @@ def _parse(kind: Any, text: str, path: str) -> Any:
                 return float(number)
         except (ValueError, OverflowError):
             continue
-    if text[:1] in "[{":
+    if str not in members and text.startswith(("[", "{")):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(path, f"not valid JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+            raise ConfigError(path, f"not valid JSON ({error})") from None
     return text
 
 
@@ -252,8 +260,13 @@ def canonical(data: Any) -> str:
 
 
 def identity(config: Any) -> str:
-    """Return the config's identity: 16 hex digits of the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(canonical(to_json(config)).encode()).hexdigest()[:16]
+    """Return the config's identity: 16 hex digits of the SHA-256 of its canonical JSON.
+
+    Equal configs have equal identities. Raises ConfigError for a value that the field's type refuses.
+    """
+    # Read back first: code may have put the integer 1 in a field of floats, a file always holds 1.0.
+    read = from_json(type(config), to_json(config))
+    return hashlib.sha256(canonical(to_json(read)).encode()).hexdigest()[:16]
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -261,6 +274,10 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         lines = []
         for name in sorted(a.keys() | b.keys()):
-            lines += differences(a.get(name), b.get(name), f"{path}.{name}" if path else name)
+            where = f"{path}.{name}" if path else name
+            if name in a and name in b:
+                lines += differences(a[name], b[name], where)
+            else:
+                lines.append(f"{where}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}")
         return lines
     return [] if a == b and type(a) is type(b) else [f"{path}: {a} -> {b}"]

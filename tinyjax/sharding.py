@@ -27,6 +27,11 @@ def data_mesh(devices=None) -> Mesh:
     return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
 
 
+def devices_for(rows: int, devices: list) -> list:
+    """Return the first of `devices`, as many as divide `rows`: so that any batch runs on any machine."""
+    return devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
+
+
 def of_axes(mesh: Mesh, axes: Any, rules: dict[str, str | None] = RULES) -> Any:
     """Return a tree of NamedShardings for a tree of logical PartitionSpecs. KeyError for an axis without a rule."""
 

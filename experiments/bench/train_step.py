@@ -141,7 +141,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=_positive, default=4, help="timed steps per turn")
     parser.add_argument("--contenders", help=f"comma-separated, of {', '.join(contenders([]))}; default: all")
     parser.add_argument("--torch_python", default=sys.executable, help="interpreter that has PyTorch")
-    parser.add_argument("--set", action="append", default=[], help="override of our config, for example model.remat=full")
+    parser.add_argument(
+        "--set", action="append", default=[], help="override of our config, for example model.remat=full"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write all times to this file")
     for field in dataclasses.fields(Workload):
         parser.add_argument(f"--{field.name}", type=_positive, default=field.default)

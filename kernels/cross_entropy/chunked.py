@@ -80,7 +80,7 @@ def _loss_sums_fwd(e_ND, c_VD, targets_N, ignore_index, softcap, chunk, z_weight
     wide = jnp.promote_types(e_ND.dtype, jnp.float32)
 
     def one(carry, pair):
-        sums, dc_VD = carry
+        sums, dc_DV = carry
         e_CD, targets_C = pair
         logits_CV, lse_C, picked_C, valid_C = _forward(e_CD, c_VD, targets_C, ignore_index, softcap)
         # d(nll + z lse^2)/d(logits) = softmax (1 + 2 z lse) - onehot(target)
@@ -92,14 +92,17 @@ def _loss_sums_fwd(e_ND, c_VD, targets_N, ignore_index, softcap, chunk, z_weight
             d_CV = d_CV * (1.0 - jnp.square(logits_CV / softcap))
         d_CV = d_CV.astype(e_CD.dtype)
         de_CD = jax.lax.dot_general(d_CV, c_VD, (((1,), (0,)), ((), ())), preferred_element_type=wide)
-        dc_VD += jax.lax.dot_general(d_CV, e_CD, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-        return (_add(sums, lse_C, picked_C, valid_C), dc_VD), de_CD.astype(e_CD.dtype)
+        # On CPU a product that contracts the first axis of the large operand runs at 50 GFLOP/s instead of 75: transpose
+        # the small one for real, which the barrier keeps XLA from folding into the product.
+        e_DC = jax.lax.optimization_barrier(e_CD.T)
+        dc_DV += jax.lax.dot_general(e_DC, d_CV, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+        return (_add(sums, lse_C, picked_C, valid_C), dc_DV), de_CD.astype(e_CD.dtype)
 
     zero = jnp.zeros((), wide)
     chunks = _chunks(e_ND, targets_N, chunk, ignore_index)
-    (sums, dc_VD), de_XCD = jax.lax.scan(one, ((zero, zero), jnp.zeros(c_VD.shape, wide)), chunks)
+    (sums, dc_DV), de_XCD = jax.lax.scan(one, ((zero, zero), jnp.zeros(c_VD.shape[::-1], wide)), chunks)
     de_ND = de_XCD.reshape(-1, e_ND.shape[1])[: e_ND.shape[0]]
-    return sums, (de_ND, dc_VD.astype(c_VD.dtype))
+    return sums, (de_ND, dc_DV.T.astype(c_VD.dtype))
 
 
 def _loss_sums_bwd(ignore_index, softcap, chunk, z_weight, residuals, upstream):

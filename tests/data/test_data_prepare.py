@@ -138,6 +138,14 @@ def test_files_too_young_to_trust_are_read_again_but_not_encoded(corpus_file, tm
     assert work == {"read": 1, "encoded": 0}
 
 
+def test_another_share_of_the_same_bytes_is_another_entry(corpus_file, tmp_path):
+    path = corpus_file(texts_for(60))
+    entries = [prepare(data_for(path, heldout=share), BYTE, tmp_path / "cache").corpora[0] for share in (0.2, 0.5)]
+    documents = [entry.heldout.documents for entry in entries]
+    assert documents == [sum(is_heldout(text, share) for text in texts_for(60)) for share in (0.2, 0.5)]
+    assert documents[0] < documents[1]
+
+
 def test_the_same_text_elsewhere_is_not_encoded_again(corpus_file, tmp_path, work):
     prepare(data_for(corpus_file(texts_for(40))), BPE, tmp_path / "cache")
     work.update(read=0, encoded=0)
@@ -164,6 +172,9 @@ def test_other_settings_are_other_entries(tmp_path, change, work):
     second = prepare(*change(data_for(path), BPE), tmp_path / "cache")
     assert work["encoded"] > 0
     assert second.manifest != first.manifest
+    fresh = prepare(*change(data_for(path), BPE), tmp_path / "fresh")
+    assert second.manifest == fresh.manifest
+    np.testing.assert_array_equal(second.corpora[0].train.tokens, fresh.corpora[0].train.tokens)
     assert prepare(data_for(path), BPE, tmp_path / "cache").manifest == first.manifest
 
 
@@ -176,6 +187,17 @@ def test_a_changed_file_is_noticed(corpus_file, tmp_path):
     corpus_file(texts)
     second = prepare(data_for(path), BYTE, tmp_path / "cache")
     assert first.manifest["corpora"][0]["fingerprint"] != second.manifest["corpora"][0]["fingerprint"]
+
+
+def test_a_survey_of_files_that_changed_meanwhile_is_not_kept(corpus_file, tmp_path):
+    path = corpus_file(texts_for(40))
+    age(path)
+    memory = survey.Memory(tmp_path / "surveys", corpus.find(str(path), "text"), "text", 0.3)
+    corpus_file(texts_for(41))
+    memory.keep(survey.Survey("of one or the other", 1, 1, 0))
+    corpus_file(texts_for(40))
+    age(path)
+    assert survey.Memory(tmp_path / "surveys", corpus.find(str(path), "text"), "text", 0.3).recall() is None
 
 
 def test_the_fingerprint_sees_borders_and_order():

@@ -73,6 +73,8 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path):
     pieces = texts_of(tmp_path / "a.txt")
     assert len(pieces) > 8
     assert all(piece.startswith("a line") and piece.endswith("\n\n") for piece in pieces)
+    spaced = texts_of(write(tmp_path / "b.txt", (paragraph + " \n\r\n") * 40))
+    assert all(piece.startswith("a line") and piece.endswith("\n\n \n\r\n") for piece in spaced), "white stays behind"
     assert names[:2] == [f"{tmp_path / 'a.txt'}:1", f"{tmp_path / 'a.txt'}:{1 + pieces[0].count(chr(10))}"]
 
 
@@ -239,6 +241,8 @@ def test_nothing_to_read_is_said(tmp_path):
     assert "does not exist either" in refusal(tmp_path / "no" / "such.txt")
     (tmp_path / "dead.txt").symlink_to(tmp_path / "gone.txt")
     assert "dead.txt: cannot be read" in refusal(tmp_path)
+    assert "cannot be looked up" in refusal("x" * 5000)
+    assert "cannot be looked up" in refusal("~no such user/corpus.txt")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

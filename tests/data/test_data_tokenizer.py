@@ -20,11 +20,10 @@ TEXTS = [
     "",
 ]
 SIZES = {"bpe": 340, "unigram": 305, "char": 400}
-HARD = [
-    "", " ", "  a  ", "\n", "\r\n", "\0", "\u2581", "\u2581\u2581", " \u2581 ", "\u2585", "<s>", "</s>", "<unk>", "<0x0A>",
-    "<0xE2>\u2581", "\u2028\u2029", "\u0301", "e\u0301", "\ufeff", "\ufffd", "\U0001f600", "\U0001f468\u200d\U0001f469", "\t",
-    "\u00a0\u3000", "\x7f\x1b[0m", "a" * 10_000, " " * 5000, "\u65e5" * 3000, "0123456789", "\uffff", "\U0010ffff",
-]  # fmt: skip
+SPECIAL = ["\u2581", "\u2581\u2581", " \u2581 ", "\u2585", "<s>", "</s>", "<unk>", "<0x0A>", "<0xE2>\u2581"]
+WHITE = ["", " ", "  a  ", "\n", "\r\n", "\t", "\0", "\u2028\u2029", "\u00a0\u3000", "\x7f\x1b[0m", "\ufeff"]
+MARKS = ["\u0301", "e\u0301", "\ufffd", "\uffff", "\U0010ffff", "\U0001f600", "\U0001f468\u200d\U0001f469"]
+HARD = SPECIAL + WHITE + MARKS + ["a" * 10_000, " " * 5000, "\u65e5" * 3000, "0123456789"]
 WORDS = [word for text in TEXTS for word in text.split(" ")] + [hard for hard in HARD if len(hard) < 50]
 
 
@@ -196,6 +195,14 @@ def test_ids_of_another_tokenizer_are_refused(tokenizers, kind):
         with pytest.raises(UserError, match="outside"):
             tokenizers[kind].decode_bytes([5, bad])
     assert tokenizers[kind].decode_bytes([]) == b""
+
+
+@KINDS
+def test_bytes_that_are_no_text_decode_to_the_replacement_character(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    part = tokenizer.encode("\U0001f388")[:2]  # half of a character that no piece has
+    assert tokenizer.decode_bytes(part) == "\U0001f388".encode()[:2]
+    assert tokenizer.decode(part) == "\ufffd"
 
 
 def test_damaged_and_foreign_models_are_refused(tokenizers, tmp_path):

@@ -23,8 +23,8 @@ class Batches:
     token of the same document, or IGNORE where there is none (padding); segments count documents in the row from 1, 0
     is padding; positions count from 0 in every document's part of the row.
 
-    Each corpus is passed over in epochs: in every epoch each prediction of each document comes exactly once, in an order
-    of its own. With a mixture the rows of a step are shuffled, so that slices of a batch hold all corpora.
+    Each corpus is passed over in epochs: in every epoch each prediction of each document comes exactly once, in another
+    order. With a mixture the rows of a step are shuffled, so that slices of a batch hold all corpora.
     """
 
     def __init__(self, prepared: Prepared, data: DataConfig, seed: int, steps: int):

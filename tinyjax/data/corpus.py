@@ -37,9 +37,13 @@ def find(spec: str, text_field: str) -> Source:
         return Source(spec, tuple(stdlib.files().values()), {}, stdlib.documents)
     if spec.startswith("hf:"):
         return Source(spec, (), {}, lambda: hub.documents(spec, text_field))
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, an unknown user
+        raise UserError(f"{spec}: cannot be looked up ({error}); check data.corpus") from None
     skipped: Counter[str] = Counter()
-    if path.is_dir():
+    if is_folder:
         files = _folder(path, skipped)
         if not files:
             left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
@@ -47,7 +51,7 @@ def find(spec: str, text_field: str) -> Source:
                 f"{spec}: no text in this folder{f' (left out: {left_out})' if left_out else ''}; "
                 f"expected files such as .txt, .md, .py, .jsonl or .parquet"
             )
-    elif path.exists():
+    elif is_there:
         files = [path]
     elif glob.has_magic(spec):
         files = sorted({Path(match) for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match)})

@@ -41,9 +41,9 @@ def heldout_text(split: Split, documents: int) -> bytes:
 
 
 class HeldoutBatches(Sequence[Batch]):
-    """Batches as in `Batches`, of shape [batch, sequence] each, that hold every prediction of a selection once.
+    """Batches as in `Batches`, each of shape [batch, sequence], that hold every prediction of a selection once.
 
-    A row holds nothing but documents of the selection, and what a document's predictions see is the same in every
+    A row holds nothing but documents of the selection, and what the model sees of a document is the same in every
     selection and at every batch size. The last batch is filled with rows of padding.
     """
 

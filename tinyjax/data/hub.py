@@ -23,7 +23,7 @@ def documents(spec: str, text_field: str) -> Iterator[Document]:
         raise UserError(f"{spec}: needs the datasets library; pip install 'tinyjax[hf]'") from None
     try:
         rows = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
-    except Exception as error:  # noqa: BLE001 -- many kinds: the library's own, its file readers', the network's
+    except Exception as error:  # of many kinds: the library's own, its file readers', the network's
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{spec}: cannot be loaded ({detail}); check name, config, split and network") from None
     names = rows.column_names

@@ -1,4 +1,4 @@
-"""Corpora and a tokenizer made ready for training, once: later runs with the same text and settings reuse the result."""
+"""Corpora and a tokenizer made ready for training, once: later runs with the same text and settings reuse them."""
 
 import functools
 import shutil

@@ -15,23 +15,7 @@ PIECE_BYTES = 8 << 10  # a plain text file of 1 MB must give enough documents fo
 MARK = b"<|endoftext|>"  # the usual line between documents of a plain text corpus (TinyStories, OpenWebText)
 PLAIN = frozenset({".txt", ""})
 MARKUP = (".md", ".rst", ".tex", ".html", ".htm", ".xml")
-COMPILED = (
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cs",
-    ".cu",
-    ".go",
-    ".hs",
-    ".java",
-    ".kt",
-    ".ml",
-    ".rs",
-    ".scala",
-    ".swift",
-)
+COMPILED = (".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".hs", ".java", ".kt", ".ml", ".rs", ".scala", ".swift")
 SCRIPTS = (".jl", ".js", ".lisp", ".lua", ".php", ".pl", ".py", ".pyi", ".r", ".rb", ".sh", ".sql", ".ts")
 WHOLE = frozenset(MARKUP + COMPILED + SCRIPTS)  # one file is one document
 ROWS = frozenset({".jsonl", ".parquet"})
@@ -105,7 +89,7 @@ def _pieces(path: Path) -> Iterator[Document]:
         first, size, offset, after_blank = 1, 0, 0, False
         for number, line in enumerate(stream, 1):
             marked, blank = line.strip() == MARK, not line.strip()
-            full = size >= PIECE_BYTES and after_blank and not blank or size >= 4 * PIECE_BYTES
+            full = (size >= PIECE_BYTES and after_blank and not blank) or size >= 4 * PIECE_BYTES
             if lines and (marked or full):
                 yield Document("".join(lines), f"{path}:{first}")
                 lines, size = [], 0

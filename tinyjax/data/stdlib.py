@@ -10,14 +10,10 @@ from pathlib import Path
 from tinyjax.data.readers import Document
 from tinyjax.errors import UserError
 
-LEFT_OUT = frozenset(
-    # Other people's packages, and what is there on one machine only.
-    ("site-packages", "dist-packages", "__pycache__")
-    # Tests repeat themselves, hold broken files on purpose, and many systems package them apart.
-    + ("test", "tests", "idle_test")
-    # Generated tables, bundled wheels, and a package that newer versions do not have.
-    + ("encodings", "ensurepip", "lib2to3")
-)
+ELSEWHERE = ("site-packages", "dist-packages", "__pycache__")  # other people's packages, and compiled copies
+TESTS = ("test", "tests", "idle_test")  # repetitive, broken on purpose in places, and packaged apart by many systems
+TABLES = ("encodings", "ensurepip", "lib2to3")  # generated tables, bundled wheels, and a package of old versions only
+LEFT_OUT = frozenset(ELSEWHERE + TESTS + TABLES)
 PROSE = (".txt", ".rst", ".md")
 TOPICS = "pydoc_data/topics.py"
 
@@ -43,7 +39,7 @@ def _wanted(relative: str) -> bool:
     if name.startswith("_sysconfigdata"):
         return False  # the build settings of this one machine
     # The sources in pydoc_data are one huge literal of escaped text: its topics are read as the prose they are.
-    return relative == TOPICS or name.endswith((".py", *PROSE)) and not relative.startswith("pydoc_data/")
+    return relative == TOPICS or (name.endswith((".py", *PROSE)) and not relative.startswith("pydoc_data/"))
 
 
 def documents() -> Iterator[Document]:

@@ -107,7 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
         whole = [i for i, text in enumerate(texts) if SPACE not in text]
         for i in whole:
             _utf8(texts[i])
-        ids = self._processor.encode([texts[i] for i in whole], return_type="numpy", num_threads=os.cpu_count())
+        ids = self._processor.encode([texts[i] for i in whole], return_type="numpy", num_threads=os.cpu_count() or 1)
         found = dict(zip(whole, ids, strict=True))
         return [found[i] if i in found else self.encode(text) for i, text in enumerate(texts)]
 

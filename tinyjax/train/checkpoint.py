@@ -1,6 +1,7 @@
 """Checkpoints: one atomic step holding state, config, manifest and a checksum per array, written in the background."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from tinyjax import tree
 from tinyjax.errors import UserError
 from tinyjax.train.checksum import checksums
 from tinyjax.train.state import State
+
+MARGIN = 1 << 20  # bytes beside the arrays: metadata, and the other files of the run
 
 
 def to_delete(steps: list[int], losses: Mapping[int, float], keep_last: int, keep_best: int) -> list[int]:
@@ -43,6 +47,13 @@ class Checkpoints:
     def save(self, state: State, meta: Mapping[str, Any]) -> None:
         """Write the state at its step. Returns when the arrays are copied; the files follow in the background."""
         step = int(state.step)
+        free = shutil.disk_usage(self._manager.directory).free
+        # Looked at before, because a background write that runs out of room fails late and noisily.
+        if free < (need := tree.nbytes(state) + MARGIN):
+            raise UserError(
+                f"{self._manager.directory}: a checkpoint takes {need >> 20} MiB, {free >> 20} MiB are free; make room and "
+                "run the same command to continue"
+            )
         # The caller donates the state's buffers to the next step while they are still being written.
         copy = jax.tree.map(lambda x: x.copy(), state)
         meta = dict(meta) | {"step": step, "checksums": checksums(copy)}

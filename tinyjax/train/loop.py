@@ -65,8 +65,13 @@ class Run:
         self.config, self.folder, self._progress = config, folder, progress
         # All that can be refused is looked at before the folder is made: bad input leaves nothing behind.
         workdir.inspect(folder, config)
-        mesh = sharding.data_mesh(devices)
-        self._rows = sharding.batch_sharding(mesh, config.data.batch // config.train.microbatches)
+        rows = config.data.batch // config.train.microbatches
+        available = list(jax.devices() if devices is None else devices)
+        used = sharding.devices_for(rows, available)
+        if len(used) < len(available):
+            progress.say(f"using {len(used)} of {len(available)} devices: {rows} rows per microbatch divide no further")
+        mesh = sharding.data_mesh(used)
+        self._rows = sharding.batch_sharding(mesh, rows)
         self.prepared = prepare(config.data, config.tokenizer, cache, progress.data)
         self.model = model_of(config, self.prepared.tokenizer.vocab_size)
         self.derived = derive(config, self.model.vocab_size)
@@ -83,7 +88,6 @@ class Run:
             lambda batch: jax.device_put(batch, self._rows),
         )
         self._mesh = mesh
-        self._lock = workdir.claim(folder, config)
         self._batches = Batches(self.prepared, config.data, config.train.seed, config.train.steps)
 
     def _accept(self, meta: dict[str, Any]) -> None:
@@ -95,6 +99,10 @@ class Run:
         """Return the result, a JSON object; train first what is not yet trained."""
         if (found := workdir.result(self.folder)) is not None:
             return found
+        with workdir.claimed(self.folder, self.config):
+            return self._continue(sampler)
+
+    def _continue(self, sampler: Sampler | None) -> dict[str, Any]:
         checkpoints = Checkpoints(self.folder / "checkpoints", self._progress.say)
         try:
             restored = checkpoints.restore_latest(self._spec, self._accept)
@@ -176,8 +184,8 @@ class Run:
             window.sums["withheld"] += 1 - one["finite"]
             if not one["finite"]:
                 self._progress.say(
-                    f"step {step}: loss {one['loss'] / max(one['count'], 1):g} or gradient norm {one['grad_norm']:g} is "
-                    f"not finite; parameters kept, batch {digest}"
+                    f"step {step}: loss {one['loss'] / max(one['count'], 1):g} or gradient norm {one['grad_norm']:g} "
+                    f"is not finite; parameters kept, batch {digest}"
                 )
             if step % self.config.train.log_every == 0 or step == flush_at:
                 self._write_row(step, window, writer)

@@ -43,8 +43,12 @@ def spec(model: Model, optimizer: optax.GradientTransformation, mesh) -> State:
 
     def place(path, leaf):
         # A slot such as Adam's mean is a copy of the parameters' tree: its path ends with the parameter's.
-        name = "/".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
-        return by_path[name] if name in sizes and sizes[name].shape == leaf.shape else whole
+        parts = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
+        for i in range(len(parts)):
+            name = "/".join(parts[i:])
+            if name in sizes and sizes[name].shape == leaf.shape:
+                return by_path[name]
+        return whole
 
     slots = jax.tree_util.tree_map_with_path(place, shapes.opt_state)
     places = State(whole, whole, of_params, slots)

@@ -66,7 +66,7 @@ def make_step(model: Model, transform: optax.GradientTransformation, config: Con
         if dropout:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(base), DROPOUT), state.step)
         grads, count, sums = gradients(model, config.objective, state.params, batch, key, config.train.microbatches)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         rate = learning_rate(config.optimizer, config.schedule, state.step, config.train.steps)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)

@@ -1,8 +1,10 @@
 """The folder of one run: whose it is, that nobody else writes to it, and whether it is finished."""
 
+import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,9 @@ def inspect(folder: Path, config: Config) -> None:
         raise UserError(f"{folder}: holds a run of another config ({changed}); choose another --workdir")
 
 
-def claim(folder: Path, config: Config) -> int:
-    """Make `folder` the run's own and lock it; return the lock's file descriptor, held until the process ends.
+@contextlib.contextmanager
+def claimed(folder: Path, config: Config) -> Iterator[None]:
+    """Make `folder` the run's own and hold a lock on it; the system drops the lock of a process that was killed.
 
     Raises UserError when it cannot be written, holds a run of another config, or another process is running in it.
     """
@@ -56,13 +59,17 @@ def claim(folder: Path, config: Config) -> int:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --workdir") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is running here; wait for it or choose another --workdir"
+            ) from None
+        if not (folder / CONFIG).exists():
+            write_json(folder / CONFIG, {"identity": identity(config), "config": to_json(config)})
+        yield
+    finally:
         os.close(lock)
-        raise UserError(f"{folder}: another process is running here; wait for it or choose another --workdir") from None
-    if not (folder / CONFIG).exists():
-        write_json(folder / CONFIG, {"identity": identity(config), "config": to_json(config)})
-    return lock
 
 
 def result(folder: Path) -> dict[str, Any] | None:

@@ -52,7 +52,9 @@ def prepare(work: Workload, options: dict):
     params = params if run.model.layers == "unroll" else layers.stack(params)
     tree.check_same_structure(spec.params, params, "benchmark")
     current = state.initial(model, transform, mesh, run.train.seed)
-    current = dataclasses.replace(current, params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, spec.params)))
+    current = dataclasses.replace(
+        current, params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, spec.params))
+    )
     batch = workload.batch(work, options["packed"])
     batch = jax.device_put(batch, sharding.batch_sharding(mesh, work.rows))
     compiled = step.compile_step(step.make_step(model, transform, run), spec, mesh)
