@@ -53,11 +53,12 @@ def contenders(assignments: list[str]) -> dict[str, Contender]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Seconds of every timed step of one contender, over all rounds."""
+    """Every timed step of one contender, over all rounds."""
 
     name: str
-    first_loss: float
-    seconds: tuple[float, ...]
+    first_loss: float  # nats per token, before the first update
+    wall: tuple[float, ...]  # seconds
+    cpu: tuple[float, ...]  # seconds, summed over threads; spinning threads count too
 
 
 def torch_version(python: str) -> str | None:
@@ -85,7 +86,8 @@ def measure(
 
     Every round gives each contender `steps` steps in turn, so that a change in the machine's speed meets all of them.
     """
-    seconds: dict[str, list[float]] = {c.name: [] for c in chosen}
+    wall: dict[str, list[float]] = {c.name: [] for c in chosen}
+    cpu: dict[str, list[float]] = {c.name: [] for c in chosen}
     best = 0.0
     with contextlib.ExitStack() as stack:
         peak = stack.enter_context(Running(PEAK, work, sys.executable))
@@ -99,29 +101,33 @@ def measure(
         for _ in range(rounds):
             best = max(best, peak.steps(5)["loss"])
             for process in running:
-                seconds[process.contender.name] += process.steps(steps)["seconds"]
-    return [Result(r.contender.name, r.first_loss, tuple(seconds[r.contender.name])) for r in running], best
+                times = process.steps(steps)
+                wall[process.contender.name] += times["wall"]
+                cpu[process.contender.name] += times["cpu"]
+    names = {r.contender.name: r.first_loss for r in running}
+    return [Result(name, loss, tuple(wall[name]), tuple(cpu[name])) for name, loss in names.items()], best
 
 
 def table(results: list[Result], work: Workload, peak: float, caption: str) -> Table:
     """Return the table of rates; `peak` in FLOP/s."""
     flops = flops_per_step(work)
-    baseline = next((min(r.seconds) for r in results if r.name == BASELINE), None)
+    baseline = next((min(r.wall) for r in results if r.name == BASELINE), None)
     rows = []
     for r in results:
-        best = min(r.seconds)
+        best = min(r.wall)
         rows.append(
             (
                 r.name,
                 1e3 * best,
-                1e3 * statistics.median(r.seconds),
+                1e3 * statistics.median(r.wall),
+                1e3 * min(r.cpu),
                 work.tokens / best,
                 flops / best / 1e9,
                 100 * flops / best / peak,
                 None if baseline is None else baseline / best,
             )
         )
-    columns = ("contender", "best ms", "median ms", "tokens/s", "GFLOP/s", "% of peak", f"x {BASELINE}")
+    columns = ("contender", "best ms", "median ms", "CPU ms", "tokens/s", "GFLOP/s", "% of peak", f"x {BASELINE}")
     return Table("One train step", columns, tuple(rows), caption)
 
 

@@ -108,6 +108,18 @@ def test_the_text_is_the_raw_bytes_of_the_selection(prepared):
         assert text == b"".join(map(prepared.tokenizer.decode_bytes, stored[: selection.documents]))
 
 
+def test_documents_tell_where_each_prediction_lies(split_of):
+    split = split_of([7, 30, 4, 12, 2])
+    batches = heldout_batches(split, data_of(8, 2), 40)
+    for index, batch in enumerate(batches):
+        documents = batches.documents(index)
+        assert documents.dtype == np.int32
+        for token, target, document in zip(
+            *(a.flat for a in (batch["tokens"], batch["targets"], documents)), strict=True
+        ):
+            assert document == (-1 if target == IGNORE else np.searchsorted(split.offsets, token, side="right") - 1)
+
+
 def test_bad_sizes_are_refused(split_of):
     with pytest.raises(UserError, match="max_positions"):
         heldout_batches(split_of([5]), data_of(8), 0)

@@ -37,6 +37,7 @@ TINY = (
     "evaluation.sample_tokens=8",
     "checkpoint.every=7",
 )
+ONE = jax.devices()[:1]
 TIMES = ("seconds", "tokens_per_second")
 
 
@@ -55,7 +56,7 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 
 def command(tmp_path: Path, name: str, corpus: Path) -> list[str]:
-    given = [*TINY, f"data.corpus={corpus}"]
+    given = [*TINY, f"data.corpus={corpus}", "data.batch=16"]  # an epoch is about 30 steps
     return [
         *(sys.executable, "-m", "experiments.run", "quickstart", "--preset=smoke", "--no_huge_pages"),
         *(f"--workdir={tmp_path / name}", f"--cache_dir={tmp_path / 'cache'}", "--set", *given),
@@ -113,6 +114,9 @@ def test_kill_9_from_the_command_line(tmp_path):
     final = [{k: v for k, v in workdir.result(f).items() if k not in TIMES} for f in (place, straight)]
     assert json.dumps(final[0]) == json.dumps(final[1])
     assert not list(place.glob("checkpoints/*tmp*")), "left-overs of interrupted writes"
+    predictions = workdir.result(place)["manifest"]["corpora"][0]["train"]["positions"]
+    assert predictions < 40 * 16 * 16, "the run must cross an epoch border, and be killed behind it"
+    assert max(steps) > 40
 
 
 class Stop(Silent):
@@ -132,7 +136,7 @@ KINDS = {
     "microbatches": ("train.microbatches=2",),
     "several steps a call": ("train.steps_per_dispatch=5",),
     "unrolled, bfloat16": ("model.layers=unroll", "model.compute_dtype=bfloat16"),
-    "one epoch is a few steps": ("data.heldout=0.7",),
+    "one epoch is a few steps": ("data.heldout=0.7", "data.batch=8"),
 }
 
 
@@ -149,14 +153,14 @@ def test_continued_run_equals_straight_run(kind, tmp_path):
         more = (f"data.corpus={corpus}", *more)
     # Both at once: validation looks at the whole.
     config = override(Config(), (*TINY, *more))
-    run = Run(config, tmp_path / "straight", tmp_path / "cache", Silent())
+    run = Run(config, tmp_path / "straight", tmp_path / "cache", Silent(), ONE)
     run.train()
     if kind == "one epoch is a few steps":
-        assert rows_per_epoch(run.prepared.corpora[0].train, 16) < 30 * 4, "the test must cross an epoch border"
+        assert rows_per_epoch(run.prepared.corpora[0].train, 16) < 24 * 8, "the test must cross an epoch border"
     for at in (3, 24, 43):
         with pytest.raises(KeyboardInterrupt):
-            Run(config, tmp_path / "stopped", tmp_path / "cache", Stop(at)).train()
-    Run(config, tmp_path / "stopped", tmp_path / "cache", Silent()).train()
+            Run(config, tmp_path / "stopped", tmp_path / "cache", Stop(at), ONE).train()
+    Run(config, tmp_path / "stopped", tmp_path / "cache", Silent(), ONE).train()
     assert rows(tmp_path / "stopped") == rows(tmp_path / "straight")
     assert arrays(tmp_path / "stopped") == arrays(tmp_path / "straight")
 
@@ -166,14 +170,14 @@ def finished(tmp_path):
     """A finished run: (config, folder, a function that opens it again)."""
     given = (*TINY, f"data.corpus={write_corpus(tmp_path / 'corpus')}", "train.steps=14", "evaluation.every=none")
     config = override(Config(), given)
-    Run(config, tmp_path / "run", tmp_path / "cache", Silent()).train()
+    Run(config, tmp_path / "run", tmp_path / "cache", Silent(), ONE).train()
     return config, tmp_path / "run", tmp_path / "cache"
 
 
 def test_a_finished_run_is_not_trained_again(finished):
     config, folder, cache = finished
     before = (folder / metrics.FILE).stat().st_mtime_ns
-    assert Run(config, folder, cache, Silent()).train() == workdir.result(folder)
+    assert Run(config, folder, cache, Silent(), ONE).train() == workdir.result(folder)
     assert (folder / metrics.FILE).stat().st_mtime_ns == before
 
 
@@ -204,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, finished):
     largest = max((folder / "checkpoints" / "14" / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
     damage(largest, how)
     heard = Heard()
-    Run(config, folder, cache, heard).train()
+    Run(config, folder, cache, heard, ONE).train()
     assert any("checkpoint 14 is damaged" in line for line in heard.lines), heard.lines
     assert "continuing from step 7" in heard.lines
     assert arrays(folder) == expected
@@ -213,7 +217,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, finished):
 def test_silent_damage_is_found_by_checksum(finished, monkeypatch):
     """Orbax's files check themselves in part; the checksum must find what they let through."""
     config, folder, cache = finished
-    run = Run(config, folder, cache, Silent())
+    run = Run(config, folder, cache, Silent(), ONE)
     heard = Heard()
     checkpoints = Checkpoints(folder / "checkpoints", heard.say)
     real = type(checkpoints._manager).restore
@@ -239,7 +243,7 @@ def test_changed_text_is_refused(finished, tmp_path):
     (folder / workdir.RESULT).unlink()
     (tmp_path / "corpus" / "000.txt").write_text("something else\n")
     with pytest.raises(UserError, match="the data is not what this run began with"):
-        Run(config, folder, cache, Silent()).train()
+        Run(config, folder, cache, Silent(), ONE).train()
 
 
 def test_a_second_process_in_the_folder_is_refused(finished):
@@ -258,7 +262,7 @@ def test_nothing_is_traced_again(finished, tmp_path):
     """A run traces its step and its evaluation once; a continued one does not trace more."""
     config, _, cache = finished
     for at in (5, 10**9):
-        run = Run(config, tmp_path / "again", cache, Stop(at))
+        run = Run(config, tmp_path / "again", cache, Stop(at), ONE)
         try:
             run.train()
         except KeyboardInterrupt:

@@ -288,7 +288,7 @@ def test_a_tied_head_is_the_table():
 def test_logits_are_capped_and_hidden_states_are_not():
     x_BSD, c_VD = model_of().hidden(params_of(CONFIG), batch_of(2, 3))
     raw_BSV = np.einsum("bsd,vd->bsv", x_BSD, c_VD)
-    assert np.abs(raw_BSV).max() > 8
+    assert np.abs(raw_BSV).max() > 4, "a cap of 8 would do too little to be seen"
     close(logits_of(CONFIG, batch_of(2, 3)), 8 * np.tanh(raw_BSV / 8))
 
 

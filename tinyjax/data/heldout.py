@@ -63,7 +63,7 @@ class HeldoutBatches(Sequence[Batch]):
         return packing.evaluation_rows(self._split, rows, size, self._data.sequence)
 
     def documents(self, index: int) -> np.ndarray:
-        """Return int32 [batch, sequence]: the number of the document each prediction of a batch lies in, -1: padding."""
+        """Return int32 [batch, sequence]: the number of the document that each prediction lies in, -1 for padding."""
         size = self._data.batch
         document_BS = np.full((size, self._data.sequence), -1, np.int32)
         for r, row in enumerate(self._rows[index * size : (index + 1) * size]):

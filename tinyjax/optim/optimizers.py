@@ -82,7 +82,7 @@ class AdamW(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) on kernels, AdamW on everything else.
+    """Muon (Jordan et al. 2024) on kernels, Adam with Nesterov momentum (Dozat 2016) on everything else, as in optax.
 
     Updates of kernels are orthogonalised momentum, scaled to a root mean square of `rms` (Liu et al. 2025 match AdamW's
     with 0.2), so that one learning rate serves both.

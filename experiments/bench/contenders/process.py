@@ -58,7 +58,7 @@ class Running:
         self.close()
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Take `count` steps; return {"seconds": one per step, "loss": of the last}."""
+        """Take `count` steps; return {"wall" and "cpu": seconds of each, "loss": of the last}."""
         return self._ask({"steps": count})
 
     def close(self) -> None:

@@ -10,7 +10,9 @@ from experiments.bench.contenders.workload import Workload
 
 
 def serve(prepare: Callable[[Workload, dict], Callable[[], float]]) -> None:
-    """Answer the first request {"work", "options"} with {"loss"}, each further {"steps"} with {"seconds", "loss"}.
+    """Answer the first request {"work", "options"} with {"loss"}, each further {"steps"} with {"wall", "cpu", "loss"}.
+
+    "wall" and "cpu" are seconds per step, "cpu" summed over the threads of the process: it hardly counts what others do.
 
     `prepare(work, options)` returns a function that takes one step and returns a number, which is reported as "loss";
     its first call, with all compilation, is not timed.
@@ -25,9 +27,10 @@ def serve(prepare: Callable[[Workload, dict], Callable[[], float]]) -> None:
     step = prepare(Workload(**request["work"]), request["options"])
     reply(loss=step())
     for line in sys.stdin:
-        seconds = []
+        wall, cpu = [], []
         for _ in range(json.loads(line)["steps"]):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             loss = step()
-            seconds.append(time.perf_counter() - start)
-        reply(seconds=seconds, loss=loss)
+            wall.append(time.perf_counter() - start[0])
+            cpu.append(time.process_time() - start[1])
+        reply(wall=wall, cpu=cpu, loss=loss)
