@@ -109,8 +109,8 @@ def analyse(trials: list[Trial]) -> Report:
     last = trial.result["evaluations"]
     return Report(
         title="Quickstart: a tiny language model from raw text",
-        question="Does a tiny language model, trained for minutes, predict unseen text in fewer bits per byte than gzip -9?",
-        source="Bits per byte as in Delétang et al., Language Modeling Is Compression (2023), without the model's own bytes",
+        question="Does a tiny model, trained for minutes, predict unseen text in fewer bits per byte than gzip -9?",
+        source="Delétang et al., Language Modeling Is Compression (2023); the model's own bytes are left out",
         command="python -m experiments.run quickstart",
         claims=tuple(claim(evaluation, trial.measured[evaluation["name"]]) for evaluation in last),
         items=(
@@ -133,8 +133,8 @@ def _comparison(evaluation: dict, baseline: dict) -> Table:
         ("method", "bits per byte", "standard error"),
         tuple(sorted(rows, key=lambda row: row[1])),
         caption=f"{evaluation['documents']} documents, {evaluation['bytes']:,} bytes, {evaluation['tokens']:,} tokens, "
-        f"evaluation set {evaluation['hash']}. The model: {evaluation['nats_per_token']:.4f} nats per token. Compressors "
-        "work on all documents end to end. The error is over documents.",
+        f"evaluation set {evaluation['hash']}. The model: {evaluation['nats_per_token']:.4f} nats per token. "
+        "Compressors work on all documents end to end. The error is over documents.",
     )
 
 

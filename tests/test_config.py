@@ -202,7 +202,7 @@ def test_numbers_and_brackets_beyond_reason_are_refused_in_one_line():
 
 
 def test_text_that_no_file_can_hold_is_refused():
-    with pytest.raises(ConfigError, match="data.corpus: .* is not valid Unicode"):
+    with pytest.raises(ConfigError, match=r"data\.corpus: .* is not valid Unicode"):
         override(Config(), ["data.corpus=caf\udce9.txt"])
     assert override(Config(), ["data.corpus=café\U0001f600"]).data.corpus == "café\U0001f600"
 
@@ -219,7 +219,7 @@ def test_the_order_of_overrides_may_pass_through_invalid_configs():
 def test_another_kind_starts_from_its_own_defaults():
     config = override(Config(), ["optimizer.weight_decay=0.5", "optimizer=muon", "optimizer.rms=0.3"])
     assert config.optimizer == Muon(rms=0.3)
-    with pytest.raises(ConfigError, match="schedule.decay: no such field"):
+    with pytest.raises(ConfigError, match=r"schedule\.decay: no such field"):
         override(Config(), ["schedule=constant", "schedule.decay=0.5"])
     assert override(Config(), ["schedule=constant"]).schedule == Constant()
 

@@ -39,9 +39,8 @@ def variants(family: type) -> dict[str, type]:
     while queue:
         cls = queue.pop()
         queue.extend(cls.__subclasses__())
-        if "kind" in vars(cls):
-            if found.setdefault(cls.kind, cls) is not cls:
-                raise TypeError(f"two {family.__name__} variants are called {cls.kind!r}: {found[cls.kind]} and {cls}")
+        if "kind" in vars(cls) and found.setdefault(cls.kind, cls) is not cls:
+            raise TypeError(f"two {family.__name__} variants are called {cls.kind!r}: {found[cls.kind]} and {cls}")
     return dict(sorted(found.items()))
 
 

@@ -205,7 +205,7 @@ def main(argv: list[str]) -> None:
     versions = {"jax": importlib.metadata.version("jax"), "torch": version}
     caption = (
         f"{work.tokens} tokens and {flops_per_step(work) / 1e9:.1f} GFLOP a step; peak {peak / 1e9:.0f} GFLOP/s "
-        f"(float32 matmul in the same run); JAX {versions['jax']}, PyTorch {version or 'absent'}; {os.cpu_count()} cores"
+        f"(float32 matmul, same run); JAX {versions['jax']}, PyTorch {version or 'absent'}, {os.cpu_count()} cores"
     )
     print_table(table(results, work, peak, caption), console)
     if options.json:

@@ -6,8 +6,8 @@ from kernels.attention import chunked, reference
 
 Implementation = Literal["reference", "chunked"]
 
-# Blocks of queries. Of 1, 2, 4 and 8, forward and backward were fastest with 4 on CPU at 256 tokens a row: 12.5 ms against
-# 18 for the whole table (see experiments/bench).
+# Blocks of queries. Of 1, 2, 4 and 8, forward and backward were fastest with 4 on CPU, for 4 rows of 256 tokens and 4
+# heads of 64: 12.5 ms of CPU time against 18 to 20 for the reference (JAX 0.12 and 0.10).
 BLOCKS = 4
 
 

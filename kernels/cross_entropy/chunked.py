@@ -1,7 +1,7 @@
 """Plain XLA over chunks of tokens: at most [chunk, V] logits exist at any time.
 
-`loss_sums` forms the gradients during the forward pass: its two results are scalars, so d(loss)/d(logits) is known up to
-two scalar factors, and the logits need not be computed again for the backward pass (3 products of size N V D, not 4).
+`loss_sums` forms the gradients during the forward pass: its two results are scalars, so d(loss)/d(logits) is known up
+to a scalar factor, and the logits need not be computed again for the backward pass (3 products of N V D, not 4).
 """
 
 import functools
@@ -52,8 +52,8 @@ def token_losses(e_ND, c_VD, targets_N, *, ignore_index=-100, softcap=None, chun
 def loss_sums(e_ND, c_VD, targets_N, *, ignore_index=-100, softcap=None, chunk=512, z_weight=0.0):
     """Return (sum of nll, sum of lse squared) over the tokens that are not ignored.
 
-    The gradient is that of nll + z_weight * lse_squared, scaled by the upstream gradient of the *first* result: pass the
-    weight of the z-loss here and keep the second result out of what is differentiated.
+    The gradient is that of nll + z_weight * lse_squared, scaled by the upstream gradient of the *first* result: pass
+    the weight of the z-loss here and keep the second result out of what is differentiated.
     """
     return _loss_sums(e_ND, c_VD, targets_N, ignore_index, softcap, chunk, z_weight)
 
@@ -92,8 +92,8 @@ def _loss_sums_fwd(e_ND, c_VD, targets_N, ignore_index, softcap, chunk, z_weight
             d_CV = d_CV * (1.0 - jnp.square(logits_CV / softcap))
         d_CV = d_CV.astype(e_CD.dtype)
         de_CD = jax.lax.dot_general(d_CV, c_VD, (((1,), (0,)), ((), ())), preferred_element_type=wide)
-        # On CPU a product that contracts the first axis of the large operand runs at 50 GFLOP/s instead of 75: transpose
-        # the small one for real, which the barrier keeps XLA from folding into the product.
+        # Contracting the first axis of the large operand ran at 50 GFLOP/s on a CPU core, this at 75: the small operand
+        # is transposed for real, which the barrier keeps XLA from folding into the product.
         e_DC = jax.lax.optimization_barrier(e_CD.T)
         dc_DV += jax.lax.dot_general(e_DC, d_CV, (((1,), (0,)), ((), ())), preferred_element_type=wide)
         return (_add(sums, lse_C, picked_C, valid_C), dc_DV), de_CD.astype(e_CD.dtype)

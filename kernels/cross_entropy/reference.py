@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def token_losses(e_ND, c_VD, targets_N, *, ignore_index=-100, softcap=None):
-    """Return (nll_N, lse_N) in at least float32: lse - logit of the target, and the log-sum-exp; nll is 0 if ignored."""
+    """Return (nll_N, lse_N) in at least float32: lse - logit of the target (0 if ignored), and the log-sum-exp."""
     logits_NV = jnp.einsum("nd,vd->nv", e_ND, c_VD, preferred_element_type=jnp.promote_types(e_ND.dtype, jnp.float32))
     if softcap is not None:
         logits_NV = softcap * jnp.tanh(logits_NV / softcap)

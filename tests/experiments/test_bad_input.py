@@ -108,7 +108,10 @@ CORPORA = {
     "empty file": (lambda folder: _written(folder / "a.txt", b""), "a.txt"),
     "binary": (lambda folder: _written(folder / "a.txt", b"\x7fELF\0\0\0" * 9), "a.txt"),
     "undecodable": (lambda folder: _written(folder / "a.txt", b"caf\xe9 " * 99), "a.txt"),
-    "truncated gzip": (lambda folder: _written(folder / "a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9]), "a.jsonl.gz"),
+    "truncated gzip": (
+        lambda folder: _written(folder / "a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9]),
+        "a.jsonl.gz",
+    ),
     "not JSON": (lambda folder: _jsonl(folder / "a.jsonl", '{"text": "x"}', "{"), "a.jsonl:2"),
     "no text field": (lambda folder: _jsonl(folder / "a.jsonl", json.dumps({"body": "x"})), "a.jsonl:1"),
     "text is a number": (lambda folder: _jsonl(folder / "a.jsonl", json.dumps({"text": 5})), "a.jsonl:1"),
@@ -164,7 +167,9 @@ def test_arguments(case, tmp_path, capsys, monkeypatch):
 def test_a_folder_that_cannot_be_written(which, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     given = (*SMALL, f"data.corpus={write_corpus(tmp_path / 'corpus')}")
-    line = refused(capsys, tmp_path, "quickstart", "--preset=smoke", f"--{which}={tmp_path / 'file' / 'x'}", "--set", *given)
+    line = refused(
+        capsys, tmp_path, "quickstart", "--preset=smoke", f"--{which}={tmp_path / 'file' / 'x'}", "--set", *given
+    )
     assert "file" in line
 
 

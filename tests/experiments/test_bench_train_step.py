@@ -62,7 +62,7 @@ def test_flops_count_every_matmul_three_times():
 
 def test_a_contender_that_dies_is_named_with_its_last_line():
     broken = Contender("ours_broken", "ours", {"packed": False, "set": ["model.widht=3"]})
-    with pytest.raises(UserError, match="ours_broken stopped with status 1: .*width") as raised:
+    with pytest.raises(UserError, match=r"ours_broken stopped with status 1: .*width") as raised:
         Running(broken, TINY, sys.executable)
     assert "\n" not in str(raised.value)
 

@@ -66,7 +66,13 @@ def test_the_page_has_all_it_promises(quickstart):
     for expected in (
         *("fewer bits per byte than gzip -9", "gzip -9", "bzip2 -9", "xz -9", "this model"),
         *("without token tables", "attention scores", "jax", "git", "seed", "Sample 1", "<b>the"),
-        *("tokens per second", "learning rate", "held out", '"vocab_size": 300', "python -m experiments.run quickstart"),
+        *(
+            "tokens per second",
+            "learning rate",
+            "held out",
+            '"vocab_size": 300',
+            "python -m experiments.run quickstart",
+        ),
     ):
         assert expected.lower() in text.lower(), expected
     assert "script" not in page.tags

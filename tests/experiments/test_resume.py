@@ -96,7 +96,9 @@ def test_kill_9_from_the_command_line(tmp_path):
     place = killed / "trials" / straight.name
 
     def reached(step):
-        return lambda: (place / "metrics.jsonl").exists() and f'"step": {step},' in (place / "metrics.jsonl").read_text()
+        return lambda: (
+            (place / "metrics.jsonl").exists() and f'"step": {step},' in (place / "metrics.jsonl").read_text()
+        )
 
     def saving():
         return any(place.glob("checkpoints/*tmp*"))

@@ -111,7 +111,7 @@ def test_later_and_foreign_tokens_have_no_influence_at_all():
 
 
 def test_bfloat16_keeps_its_scores_in_float32():
-    s, a = 261, 10
+    a = 10
     *arrays, segment_ids_BS = inputs(*CASES["odd and long"])
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays]
     found = call(api.attention, *arrays, segment_ids_BS, dtype=jnp.bfloat16)

@@ -310,7 +310,7 @@ def test_wrong_formulas_are_rejected(wrong):
     found = value_and_gradients(
         wrong, jnp.asarray(e_ND, jnp.float32), jnp.asarray(c_VD, jnp.float32), targets_N, softcap=3.0, z_weight=1e-2
     )
-    with pytest.raises(AssertionError, match="loss|de_ND"):
+    with pytest.raises(AssertionError, match=r"loss|de_ND"):
         assert_exact(found, exact(n, v, 3.0, 1e-2), n, v, jnp.float32)
 
 

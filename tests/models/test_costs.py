@@ -22,7 +22,9 @@ V, S, B = 37, 7, 3
 
 
 def gated(**fields):
-    return Transformer(**{"depth": 3, "width": 12, "attention": GroupedQuery(heads=3), "mlp": Gated(hidden=20)} | fields)
+    return Transformer(
+        **{"depth": 3, "width": 12, "attention": GroupedQuery(heads=3), "mlp": Gated(hidden=20)} | fields
+    )
 
 
 # Config -> parameters, written out: tables, then per layer the projections, the feed-forward layer and the vectors.
@@ -124,5 +126,7 @@ def test_matrices_cost_two_flops_a_parameter_forward():
     """The rule of thumb 6 N per token, N without tables and vectors, holds for all but scores and head."""
     config = gated()
     flops = Model(config, V, jnp.dtype("float32")).flops_per_token(S)
-    kernels = [x.size for p, x in tree.flatten(Model(config, V, jnp.dtype("float32")).abstract()).items() if "kernel" in p]
+    kernels = [
+        x.size for p, x in tree.flatten(Model(config, V, jnp.dtype("float32")).abstract()).items() if "kernel" in p
+    ]
     assert flops["attention projections"] + flops["mlp"] == 6 * sum(kernels)

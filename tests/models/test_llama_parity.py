@@ -75,10 +75,14 @@ def copied(model, config):
 
         return {
             "attention": {
-                **{n: {"kernel": take(f"self_attn.{n[0]}_proj").T.reshape(d, -1, a)} for n in ("query", "key", "value")},
+                **{
+                    n: {"kernel": take(f"self_attn.{n[0]}_proj").T.reshape(d, -1, a)} for n in ("query", "key", "value")
+                },
                 "out": {"kernel": take("self_attn.o_proj").T.reshape(-1, a, d)},
             },
-            "mlp": {n: {"kernel": take(f"mlp.{t}_proj").T} for n, t in (("gate", "gate"), ("up", "up"), ("out", "down"))},
+            "mlp": {
+                n: {"kernel": take(f"mlp.{t}_proj").T} for n, t in (("gate", "gate"), ("up", "up"), ("out", "down"))
+            },
             "attention_norm": {"scale": take("input_layernorm")},
             "mlp_norm": {"scale": take("post_attention_layernorm")},
         }

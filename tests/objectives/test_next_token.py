@@ -89,7 +89,9 @@ def test_z_loss_changes_the_gradient_and_not_the_nll():
         np.testing.assert_allclose(np.asarray(c) - b, np.asarray(b) - a, rtol=1e-3, atol=1e-4)
 
     jax.tree.map(linear, without, some, more)
-    assert max(np.abs(np.asarray(a) - b).max() for a, b in zip(*map(jax.tree.leaves, (without, some)), strict=True)) > 0.01
+    assert (
+        max(np.abs(np.asarray(a) - b).max() for a, b in zip(*map(jax.tree.leaves, (without, some)), strict=True)) > 0.01
+    )
 
 
 def test_losses_per_token_sum_to_the_loss():

@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_the_old_page_and_one_clear_line(tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(tmp_path), "write_bytes", full)
-    with pytest.raises(UserError, match="cannot write the report .No space left on device.") as caught:
+    with pytest.raises(UserError, match=r"cannot write the report .No space left on device.") as caught:
         write(report_of("new"), tmp_path)
     assert "\n" not in str(caught.value)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -69,7 +69,10 @@ def test_swapped_elements_are_seen_where_a_plain_sum_is_blind(dtype):
 def test_damage_of_several_places_is_seen():
     x = array_of("float32", (64, 16))
     rolled = {"rows": np.roll(x, 1, axis=0), "columns": np.roll(x, 1, axis=1), "zeros": np.zeros_like(x)}
-    rolled |= {"half": np.concatenate([x[:32], x[:32]]), "tail": np.concatenate([x[:-1], np.zeros((1, 16), np.float32)])}
+    rolled |= {
+        "half": np.concatenate([x[:32], x[:32]]),
+        "tail": np.concatenate([x[:-1], np.zeros((1, 16), np.float32)]),
+    }
     assert len({checksum(x), *checksums(rolled).values()}) == 6
 
 

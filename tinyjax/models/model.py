@@ -72,5 +72,5 @@ class Model:
         return self._module.apply({"params": params}, batch)
 
     def flops_per_token(self, sequence: int) -> dict[str, int]:
-        """Return {part: matmul FLOPs per trained token}: forward once, backward twice, nothing counted as recomputed."""
+        """Return {part: matmul FLOPs per trained token}: forward once, backward twice, no recomputation."""
         return {k: 3 * v for k, v in self.architecture.flops(self.vocab_size, sequence).items()}

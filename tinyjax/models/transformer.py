@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def hidden(self, batch, train: bool = False):
-        """Return x_BSD after the final norm; batch holds tokens, positions and (unless None) segment_ids, all [B, S]."""
+        """Return x_BSD after the final norm; batch holds tokens, positions and maybe segment_ids, all [B, S]."""
         c, build = self.config, self.build
         x_BSD = jnp.take(self.embedding(), batch["tokens"], axis=0)
         if build.dropout:

@@ -1,7 +1,7 @@
 """Learning-rate schedules: (step, steps) -> factor of the peak rate, as functions that trace.
 
-Warm-up: factor (step + 1) / warm-up steps, so that step 0 already learns. A decay over n steps starts at progress 0 (the
-peak) and its last step has progress (n - 1) / n, so that no step is wasted on a rate of zero.
+Warm-up: factor (step + 1) / warm-up steps, so that step 0 already learns. A decay over n steps starts at progress 0
+(the peak) and its last step has progress (n - 1) / n, so that no step is wasted on a rate of zero.
 """
 
 import abc

@@ -82,7 +82,8 @@ def _element(tag: str, text: str, kind: str = "") -> str:
 
 def _box(content: str, label: str, kind: str = "") -> str:
     """A box that scrolls by itself, also from the keyboard."""
-    return f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{_safe(label)}">{content}</div>'
+    box = f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{_safe(label)}">'
+    return f"{box}{content}</div>"
 
 
 def _head(report: Report) -> str:

@@ -51,8 +51,8 @@ class Checkpoints:
         # Looked at before, because a background write that runs out of room fails late and noisily.
         if free < (need := tree.nbytes(state) + MARGIN):
             raise UserError(
-                f"{self._manager.directory}: a checkpoint takes {need >> 20} MiB, {free >> 20} MiB are free; make room and "
-                "run the same command to continue"
+                f"{self._manager.directory}: a checkpoint takes {need >> 20} MiB, {free >> 20} MiB are free; make room "
+                "and run the same command to continue"
             )
         # The caller donates the state's buffers to the next step while they are still being written.
         copy = jax.tree.map(lambda x: x.copy(), state)

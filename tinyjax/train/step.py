@@ -34,7 +34,7 @@ def gradients(model: Model, objective: Objective, params, batch, key, microbatch
     if microbatches == 1:
         grads, count, metrics = part(batch, key)
     else:
-        parts = jax.tree.map(lambda x: x.reshape((microbatches, -1) + x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape((microbatches, -1, *x.shape[1:])), batch)
         keys = None if key is None else jax.random.split(key, microbatches)
         shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], (parts, keys)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -13,6 +13,9 @@ from tinyjax.models.model import Model, compute_dtype
 from tinyjax.train import state, step
 from tinyjax.train.run_config import Config
 
+# 1024 tokens a part: with all 16 rows at once the activations do not fit in the cache.
+ROWS_AT_ONCE = 4
+
 
 def run_config(work: Workload, assignments: list[str]) -> Config:
     """Return the config of a run of this workload, `assignments` ("path=value") applied last."""
@@ -24,6 +27,7 @@ def run_config(work: Workload, assignments: list[str]) -> Config:
         "weight_decay": workload.WEIGHT_DECAY,
         "clip": workload.CLIP,
     }
+    whole = work.rows % ROWS_AT_ONCE == 0
     fixed = [
         f"data.sequence={work.sequence}",
         f"data.batch={work.rows}",
@@ -34,6 +38,7 @@ def run_config(work: Workload, assignments: list[str]) -> Config:
         f"model.norm.eps={workload.NORM_EPS}",
         f"model.position.base={workload.ROPE_BASE}",
         "model.layers=unroll",
+        f"train.microbatches={work.rows // ROWS_AT_ONCE if whole else 1}",
         *(f"optimizer.{name}={value}" for name, value in optimizer.items()),
         "schedule=constant",
         "schedule.warmup=0",
@@ -46,7 +51,7 @@ def prepare(work: Workload, options: dict):
     run = run_config(work, options["set"])
     model = Model(run.model, work.vocab, compute_dtype(run.model.compute_dtype, jax.default_backend()))
     transform = run.optimizer.transform(model.abstract(), model.logical_axes())
-    mesh = sharding.data_mesh()
+    mesh = sharding.data_mesh(jax.devices()[:1])  # one device has all cores
     spec = state.spec(model, transform, mesh)
     params = tree.unflatten(workload.parameters(work))
     params = params if run.model.layers == "unroll" else layers.stack(params)

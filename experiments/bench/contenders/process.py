@@ -1,5 +1,6 @@
 """The benchmark's side of the conversation with a contender."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,7 +36,7 @@ class Running:
         environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         if contender.huge_pages:
             environment["GLIBC_TUNABLES"] = HUGE_PAGES
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see close)
         self._process = subprocess.Popen(
             [python, "-m", f"experiments.bench.contenders.{contender.module}"],
             stdin=subprocess.PIPE,
@@ -68,10 +69,8 @@ class Running:
         self._errors.close()
 
     def _ask(self, request: dict) -> dict[str, Any]:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died: the reply is missing too, and that is said below
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has died: the reply is missing too, and says so below
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()

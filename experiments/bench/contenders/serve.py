@@ -12,7 +12,7 @@ from experiments.bench.contenders.workload import Workload
 def serve(prepare: Callable[[Workload, dict], Callable[[], float]]) -> None:
     """Answer the first request {"work", "options"} with {"loss"}, each further {"steps"} with {"wall", "cpu", "loss"}.
 
-    "wall" and "cpu" are seconds per step, "cpu" summed over the threads of the process: it hardly counts what others do.
+    "wall" and "cpu" are seconds per step, "cpu" summed over the process's threads: others' work hardly counts.
 
     `prepare(work, options)` returns a function that takes one step and returns a number, which is reported as "loss";
     its first call, with all compilation, is not timed.

@@ -47,7 +47,7 @@ def parameters(work: Workload, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def batch(work: Workload, packed: bool, seed: int = 1) -> dict[str, np.ndarray]:
-    """Return int32 arrays [B, S]: tokens, targets, positions and, if packed, segment_ids of documents of unequal length.
+    """Return int32 arrays [B, S]: tokens, targets, positions and, if packed, segment_ids of unequal documents.
 
     Unpacked, every row is one document.
     """
