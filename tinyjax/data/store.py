@@ -141,7 +141,7 @@ def open_split(folder: Path, keep_text: bool) -> Split:
     text = folder / TEXT if keep_text else None
     try:
         names = ("tokens", "offsets", "byte_counts", "digests")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         split = Split(**arrays, text=text)
         rows = split.documents
         whole = (

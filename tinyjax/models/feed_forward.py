@@ -72,7 +72,7 @@ class Plain(FeedForward):
 
     kind: ClassVar[str] = "plain"
     hidden: int | None = None  # F; none: 4 width
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # between the two projections
     bias: bool = False  # on the two projections
 
     def __post_init__(self):

@@ -35,7 +35,8 @@ class Linear(nn.Module):
         if self.bias:
             names = self.axes[len(self.inputs) :]
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), names)
-            y = y + self.param("bias", zeros, self.outputs, jnp.float32).astype(self.build.dtype)
+            bias = self.param("bias", zeros, self.outputs, jnp.float32).astype(self.build.dtype)
+            y = y + bias.reshape((1,) * len(lead) + self.outputs)
         return y
 
 
