@@ -38,4 +38,5 @@ lint: $(VENV)/.dev
 ci: test ci_rest
 
 ci_rest: lint $(VENV)/.rivals
-	$(BIN)/python -m pytest -m "slow or rivals" --durations 10
+	XLA_FLAGS= $(BIN)/python -m pytest -m "slow or rivals" --durations 10
+	XLA_FLAGS= $(BIN)/python -m pytest tests/kernels -m "not slow" --numprocesses auto
