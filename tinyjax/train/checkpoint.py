@@ -70,7 +70,7 @@ class Checkpoints:
         """Return the newest checkpoint that is whole, in the shardings of `spec`, or None when there is none at all.
 
         `accept(meta)` raises UserError to refuse a checkpoint of another run. A damaged one is named, with the array,
-        and deleted, and the one before it is tried. Raises UserError when all are damaged.
+        and the one before it is tried; when that is whole, the damaged one is deleted. Raises UserError when all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -81,6 +81,9 @@ class Checkpoints:
                 continue
             accept(meta)
             if found := self._read(step, meta, spec):
+                # The run will come by these steps again, and Orbax does not write over a checkpoint.
+                for damaged in [s for s in steps if s > step]:
+                    self._manager.delete(damaged)
                 return Restored(found, meta)
         if steps:
             raise UserError(f"{self._manager.directory}: every checkpoint is damaged; start in a new --workdir")
@@ -90,8 +93,8 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(spec)))
             state = State(**self._manager.restore(step, args=args).state)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            self._damaged(step, f"its arrays cannot be read: {_first_line(error)}")
+        except Exception as error:  # Orbax 0.12 wraps what TensorStore says of a damaged file in a bare Exception
+            self._damaged(step, f"its arrays cannot be read: {_first_line(error.__cause__ or error)}")
             return None
         found = checksums(state)
         wrong = [path for path, value in found.items() if meta["checksums"].get(path) != value]
@@ -121,5 +124,5 @@ def _as_dict(state: State) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
