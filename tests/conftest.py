@@ -3,8 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test is compilation; LLVM without optimisation halves it and leaves XLA's own passes as they are. CI runs the
-# kernels, the slow and the rival tests with it on (XLA_FLAGS= in the Makefile).
+# Most of a test is compilation; LLVM without optimisation halves it and leaves XLA's own passes as they are. CI runs
+# the kernels, the slow and the rival tests with it on (XLA_FLAGS= in the Makefile).
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

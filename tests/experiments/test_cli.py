@@ -67,7 +67,7 @@ def test_the_page_has_all_it_promises(quickstart):
         *("fewer bits per byte than gzip -9", "gzip -9", "bzip2 -9", "xz -9", "this model"),
         *("without token tables", "attention scores", "jax", "git", "seed", "Sample 1", "<b>the"),
         *(
-            "tokens per second",
+            "throughput",
             "learning rate",
             "held out",
             '"vocab_size": 300',

@@ -70,7 +70,8 @@ class Checkpoints:
         """Return the newest checkpoint that is whole, in the shardings of `spec`, or None when there is none at all.
 
         `accept(meta)` raises UserError to refuse a checkpoint of another run. A damaged one is named, with the array,
-        and the one before it is tried; when that is whole, the damaged one is deleted. Raises UserError when all are damaged.
+        and the one before it is tried; when that is whole, the damaged one is deleted. Raises UserError
+        when all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
