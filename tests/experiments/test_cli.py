@@ -48,6 +48,7 @@ class _Page(HTMLParser):
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attributes)["src"])
+            self.text.append(dict(attributes)["alt"])
 
     def handle_data(self, data):
         self.text.append(data)
@@ -69,7 +70,7 @@ def test_the_page_has_all_it_promises(quickstart):
         *(
             "throughput",
             "learning rate",
-            "held out",
+            "held-out documents",
             '"vocab_size": 300',
             "python -m experiments.run quickstart",
         ),
