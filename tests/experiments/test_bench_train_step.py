@@ -85,6 +85,7 @@ def test_settings_of_ours_that_change_speed_do_not_change_losses(change):
     np.testing.assert_allclose(losses(ours.prepare, 3, packed=False, set=change), expected, rtol=1e-5)
 
 
+@pytest.mark.rivals
 def test_both_sides_train_alike(monkeypatch):
     pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tinyjax[rivals]'")
     from experiments.bench.contenders import pytorch
@@ -100,6 +101,7 @@ def test_both_sides_train_alike(monkeypatch):
     assert np.abs(np.subtract(wrong, expected)).max() > 1e-3
 
 
+@pytest.mark.rivals
 def test_a_wrong_rotation_is_seen(monkeypatch):
     pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'tinyjax[rivals]'")
     from experiments.bench.contenders import pytorch

@@ -19,6 +19,8 @@ REASON = "the comparison with Llama needs PyTorch and transformers: pip install 
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
+pytestmark = pytest.mark.rivals
+
 V = 53
 CASES = {
     "grouped, untied": {"heads": 4, "kv_heads": 2, "head_width": 6, "tied": False},
