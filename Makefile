@@ -22,7 +22,16 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 $(VENV)/.rivals: $(VENV)/.dev
-	$(INSTALL) --editable '.[dev,rivals]'
+	$(INSTALL) --editable '.[dev,rivals,aot]'
+	@touch $@
+
+# JAX with the CUDA compiler but neither a GPU nor CUDA's libraries: what the GPU kernels are compiled with in tests.
+$(VENV)-gpu/.run: $(VENV)/.run
+	$(PYTHON) -m venv $(VENV)-gpu
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(VENV)-gpu/bin/python -m pip install --quiet --disable-pip-version-check jax==$$version && \
+	$(VENV)-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
 	@touch $@
 
 quickstart: $(VENV)/.run
@@ -37,6 +46,6 @@ lint: $(VENV)/.dev
 
 ci: test ci_rest
 
-ci_rest: lint $(VENV)/.rivals
-	XLA_FLAGS= $(BIN)/python -m pytest -m "slow or rivals" --durations 10
-	XLA_FLAGS= $(BIN)/python -m pytest tests/kernels -m "not slow" --numprocesses auto
+ci_rest: lint $(VENV)/.rivals $(VENV)-gpu/.run
+	XLA_FLAGS= TINYJAX_GPU_PYTHON=$(abspath $(VENV)-gpu/bin/python) $(BIN)/python -m pytest -m "slow or rivals" --durations 10
+	XLA_FLAGS= $(BIN)/python -m pytest tests/kernels -m "not slow" --numprocesses auto --dist worksteal

@@ -86,18 +86,42 @@ def test_the_families_are_not_empty():
         {"heads": 3, "head_width": 2},
         {"heads": 2, "qk_norm": True, "bias": True},
         {"heads": 2, "softcap": 0.5},
+        {"heads": 2, "window": 2},
+        {"heads": 4, "kv_heads": 2, "sinks": True},
     ],
 )
 def test_every_option_of_attention_works(options):
     config = small(attention=GroupedQuery(**options))
     works(config)
-    plain = small(attention=GroupedQuery(heads=options["heads"], head_width=options.get("head_width")))
-    if options.keys() & {"qk_norm", "softcap"}:
+    sizes = {name: options[name] for name in ("heads", "kv_heads", "head_width") if name in options}
+    plain = small(attention=GroupedQuery(**sizes))
+    if options.keys() & {"qk_norm", "softcap", "window", "sinks"}:
         # From equal parameters the option must make a difference.
         model, params = initialised(dataclasses.replace(config, init=FanIn(4.0)))
         other = Model(dataclasses.replace(plain, init=FanIn(4.0)), V, jnp.dtype(jnp.float32))
         difference = jax.jit(lambda p: model.logits(p, BATCH) - other.logits(p, BATCH))(params)
         assert np.abs(difference).max() > 1e-3
+
+
+def test_a_window_forgets_what_is_further_back():
+    """One layer with a window of 2 sees tokens 3 and 4 from position 4; two layers see token 2 as well."""
+    changed = BATCH | {"tokens": np.where(np.arange(5) < 3, (BATCH["tokens"] + 1) % V, BATCH["tokens"])}
+    for depth, same in ((1, True), (2, False)):
+        config = small(depth=depth, attention=GroupedQuery(heads=2, window=2), init=FanIn(4.0))
+        model, params = initialised(config)
+        logits = jax.jit(model.logits)
+        last, other = (np.asarray(logits(params, batch))[:, 4] for batch in (BATCH, changed))
+        assert (last == other).all() == same
+
+
+def test_every_implementation_of_attention_gives_the_same_model():
+    config = small(attention=GroupedQuery(heads=2, window=3, sinks=True), init=FanIn(4.0))
+    model, params = initialised(config)
+    expected = jax.jit(model.logits)(params, BATCH)
+    for name in ("reference", "chunked"):
+        attention = dataclasses.replace(config.attention, implementation=name)
+        other = Model(dataclasses.replace(config, attention=attention), V, jnp.dtype(jnp.float32))
+        np.testing.assert_allclose(jax.jit(other.logits)(params, BATCH), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -119,6 +143,7 @@ def test_every_activation_works(activation):
         (lambda: GroupedQuery(heads=4, kv_heads=3), "kv_heads"),
         (lambda: GroupedQuery(head_width=0), "head_width"),
         (lambda: GroupedQuery(softcap=-1.0), "softcap"),
+        (lambda: GroupedQuery(window=0), "window"),
         (lambda: Gated(hidden=0), "hidden"),
         (lambda: Plain(hidden=-1), "hidden"),
         (lambda: RMSNorm(eps=0.0), "eps"),

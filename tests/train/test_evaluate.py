@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support import write_corpus
+from tinyjax import sharding
 from tinyjax.data.config import DataConfig, TokenizerConfig
 from tinyjax.data.prepare import prepare
 from tinyjax.models.attention import GroupedQuery
@@ -31,7 +32,8 @@ def model():
 
 def evaluate(model, params, prepared, batch, positions=None):
     data = DataConfig(corpus="unused", sequence=SEQUENCE, batch=batch)
-    return Evaluator(model, prepared.corpora, data, positions, jax.device_put).evaluate(params)[0]
+    mesh = sharding.data_mesh(sharding.devices_for(batch, jax.devices()))
+    return Evaluator(model, prepared.corpora, data, positions, mesh).evaluate(params)[0]
 
 
 def by_hand(model, params, prepared):

@@ -1,11 +1,14 @@
-"""Grouped-query self-attention, with optional normalised queries and keys and a cap on the scores."""
+"""Grouped-query self-attention; normalised queries and keys, a window, a cap on the scores and sinks are optional."""
 
 import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from kernels.attention.api import attention
+from kernels.attention.api import Implementation, attention
+from tinyjax import sharding
 from tinyjax.errors import ConfigError
 from tinyjax.models.component import Build, Mixer, Norm, Position
 from tinyjax.models.linear import Linear, matmul_flops
@@ -21,10 +24,13 @@ class GroupedQuery(Mixer):
     head_width: int | None = None  # A; none: width / heads
     qk_norm: bool = False  # normalise each query and key head with the model's norm before positions
     softcap: float | None = None  # scores become cap * tanh(score / cap)
+    window: int | None = None  # tokens that a query sees, itself included; none: all up to itself
+    sinks: bool = False  # a learnt logit per query head that takes a share of the probability (OpenAI 2025, gpt-oss)
     bias: bool = False  # on the four projections
+    implementation: Implementation | None = None  # none: the kernel of the device where it can serve, else chunked
 
     def __post_init__(self):
-        for name in ("heads", "kv_heads", "head_width"):
+        for name in ("heads", "kv_heads", "head_width", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, f"must be at least 1, got {value}")
@@ -56,7 +62,7 @@ class GroupedQuery(Mixer):
 
 
 class Attention(nn.Module):
-    """Parameters: query, key, value [D, heads, A] and out [H, A, D]; query_norm and key_norm [A] if asked."""
+    """Parameters: query, key, value [D, heads, A], out [H, A, D]; query_norm, key_norm [A] and sinks [H] if asked."""
 
     config: GroupedQuery
     build: Build
@@ -77,6 +83,24 @@ class Attention(nn.Module):
             q_BSHA = self.norm.module(build, "query_norm")(q_BSHA)
             k_BTKA = self.norm.module(build, "key_norm")(k_BTKA)
         q_BSHA, k_BTKA = self.position.rotate(q_BSHA, tables), self.position.rotate(k_BTKA, tables)
-        y_BSHA = attention(q_BSHA, k_BTKA, v_BTKA, segment_ids_BS=segment_ids_BS, softcap=c.softcap)
+        sinks_H = None
+        if c.sinks:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
+            sinks_H = self.param("sinks", zeros, (h,), jnp.float32)
+
+        def attend(q_BSHA, k_BTKA, v_BTKA, segment_ids_BS, sinks_H):
+            return attention(
+                q_BSHA,
+                k_BTKA,
+                v_BTKA,
+                segment_ids=segment_ids_BS,
+                window=c.window,
+                softcap=c.softcap,
+                sinks_H=sinks_H,
+                implementation=c.implementation,
+            )
+
+        shared = sharding.per_device(attend, (*[P("batch")] * 4, P()), P("batch"))
+        y_BSHA = shared(q_BSHA, k_BTKA, v_BTKA, segment_ids_BS, sinks_H)
         out = Linear(build, (h, a), (build.width,), ("heads", "head", "embed"), "outward", c.bias, name="out")
         return out(y_BSHA)

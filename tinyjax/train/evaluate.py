@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 
+from tinyjax import sharding
 from tinyjax.data.config import DataConfig
 from tinyjax.data.heldout import HeldoutBatches, heldout_batches
 from tinyjax.data.prepare import Corpus
@@ -43,12 +44,12 @@ def ratio_error(numerator_D, denominator_D) -> float:
 class Evaluator:
     """Held-out batches of every corpus and one compiled function; `evaluate(params)` may be called at any step."""
 
-    def __init__(self, model: Model, corpora: tuple[Corpus, ...], data: DataConfig, positions: int | None, place):
+    def __init__(self, model: Model, corpora: tuple[Corpus, ...], data: DataConfig, positions: int | None, mesh):
         self._sets: list[tuple[Corpus, HeldoutBatches]] = [
             (corpus, heldout_batches(corpus.heldout, data, positions)) for corpus in corpora
         ]
-        self._place = place
-        self.compiled = jax.jit(lambda params, batch: token_nll(model, params, batch))
+        self._rows = sharding.batch_sharding(mesh, data.batch)
+        self.compiled = jax.jit(sharding.within(mesh, lambda params, batch: token_nll(model, params, batch)))
 
     def evaluate(self, params) -> tuple[Evaluation, ...]:
         """Return one Evaluation per corpus."""
@@ -62,7 +63,7 @@ class Evaluator:
         for index in [*range(len(batches)), None]:
             ready, waiting = waiting, None
             if index is not None:
-                waiting = index, self.compiled(params, self._place(batches[index]))
+                waiting = index, self.compiled(params, jax.device_put(batches[index], self._rows))
             if ready is not None:
                 document_BS = batches.documents(ready[0])
                 nll_BS = np.asarray(ready[1], np.float64)

@@ -85,7 +85,7 @@ class Run:
             self.prepared.corpora,
             config.data,
             config.evaluation.positions,
-            lambda batch: jax.device_put(batch, self._rows),
+            mesh,
         )
         self._mesh = mesh
         self._batches = Batches(self.prepared, config.data, config.train.seed, config.train.steps)

@@ -99,4 +99,4 @@ def compile_step(step, spec: State, mesh: Mesh, several: bool = False):
     places = jax.tree.map(lambda x: x.sharding, spec)
     # Without out_shardings the compiler may choose others than the first call's inputs have: a second compilation.
     out = (places, sharding.replicated(mesh))
-    return jax.jit(steps if several else step, donate_argnums=0, out_shardings=out)
+    return jax.jit(sharding.within(mesh, steps if several else step), donate_argnums=0, out_shardings=out)
