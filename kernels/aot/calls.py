@@ -52,6 +52,11 @@ class Call:
         """
         return sum(map(_multiplications, _equations(self.equation.params["jaxpr"])))
 
+    @property
+    def scalars(self) -> list[Any]:
+        """What the prefetched operands hold when all inputs of the program are zero."""
+        return steering.values(self.program, self.equation.invars[: self.prefetched])
+
     def alone(self) -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
         """Return (function, arguments) of this call only."""
         arguments = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.equation.invars)
@@ -63,9 +68,8 @@ class Call:
         The arrays keep their shapes, so blocks, transfers and the code of a step stay those of the whole. Prefetched
         scalars become constants, see `steering`.
         """
-        scalars = steering.values(self.program, self.equation.invars[: self.prefetched])
-        if scalars:
-            return steering.unsteered(self.equation, scalars, grid)
+        if self.prefetched:
+            return steering.unsteered(self.equation, self.scalars, grid)
         if not grid:
             return self.alone()
         params = {**self.equation.params, "grid_mapping": dataclasses.replace(self.mapping, grid=grid)}

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from kernels.aot import calls, jobs, llo, profile
+from kernels.aot import calls, jobs, llo, profile, steering, tables
 from kernels.chips import CHIPS
 
 # XLA's placing of arrays in VMEM, by family of chips: v5e and v5p, v6e.
@@ -147,6 +147,10 @@ def _bundles(call, job, mesh, folder):
 
 def _cycles(call, job, mesh, folder):
     plan = profile.plan(call.grid, job.simulate)
+    try:
+        steering.check(call.scalars, tables.version())
+    except ValueError as error:
+        raise Failure("compile", _line(error)) from None
     cycles = [_read(profile.read, call, call.part(grid), mesh, folder) for grid in plan.grids]
     return _kernel(call, cycles=profile.total(plan, cycles))
 

@@ -4,6 +4,7 @@ The estimator knows no transfer to scalar memory and ends the process when it me
 constants: their values for inputs that are all zero, which the kernel stores into scratch at its first step.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -30,6 +31,17 @@ def values(jaxpr: Any, variables: Sequence[Any]) -> list[np.ndarray]:
             held[variable] = jnp.zeros(variable.aval.shape, variable.aval.dtype)
     _evaluate(reversed(equations), held)
     return [np.asarray(_value(held, variable)) for variable in variables]
+
+
+def check(scalars: Sequence[np.ndarray], libtpu: str) -> None:
+    """Raise ValueError when libtpu's estimator would not see these constants.
+
+    0.0.42 takes whatever is read from scalar memory for 0: a loop of 100 rounds cost as much as one of none. With
+    0.0.51 cycles grew in proportion to the rounds.
+    """
+    numbers = [int(part) for part in libtpu.split(".") if part.isdigit()]
+    if numbers and numbers < [0, 0, 50] and any(scalar.any() for scalar in scalars):
+        raise ValueError(f"the cycle estimator of libtpu {libtpu} takes all scalars for 0, this kernel's are not")
 
 
 def unsteered(equation: Any, scalars: Sequence[np.ndarray], grid: tuple[int, ...]) -> tuple[Callable, tuple]:
@@ -61,11 +73,22 @@ def unsteered(equation: Any, scalars: Sequence[np.ndarray], grid: tuple[int, ...
             *(ref.memory_space(ref.shape, ref.dtype) for ref in mapping.scratch_avals),
             *(pltpu.SMEM(scalar.shape, scalar.dtype) for scalar in scalars),
         ],
-        compiler_params=params["compiler_params"],
+        compiler_params=_semantics(params["compiler_params"], mapping.vmapped_dims),
         interpret=params["interpret"],
         name=params["name"],
     )
     return function, tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars[n:])
+
+
+def _semantics(compiler_params, vmapped):
+    """Return the parameters with the meaning of the axes that vmap added to the grid."""
+    semantics = getattr(compiler_params, "dimension_semantics", None)
+    if not semantics or not vmapped:
+        return compiler_params
+    semantics = list(semantics)
+    for axis in vmapped:
+        semantics.insert(axis, "parallel")
+    return dataclasses.replace(compiler_params, dimension_semantics=tuple(semantics))
 
 
 def _spec(block, scalars):

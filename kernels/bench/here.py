@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 
 from kernels.attention import chunked as attention_chunked
 from kernels.attention import shapes as attention
 from kernels.bench import gpu
-from kernels.cross_entropy import chunked, shapes, vjp
+from kernels.cross_entropy import api, chunked, shapes
 
 # What two CPU cores can time in seconds; on other backends the shapes of real models.
 CPU_LOSSES = {
@@ -72,11 +71,21 @@ def _loss(shape, implementation, program):
 
 
 def _tokens(shape, program):
-    """The sum of the losses of single tokens, chunked: the backward pass computes the logits again."""
-    options = vjp.Options(module=chunked, softcap=shape.softcap or None)
+    """The loss from single tokens' losses, chunked: the backward pass computes the logits again."""
 
-    def loss(*arrays):
-        return jnp.sum(vjp.token_losses(*arrays, options)[0])
+    def loss(e_ND, c_VD, bias_V, targets_N):
+        # With the log-sum-exps as a result the gradients cannot be formed ahead, which is what "fused" does.
+        return api.linear_cross_entropy(
+            e_ND,
+            c_VD,
+            targets_N,
+            bias_V=bias_V,
+            softcap=shape.softcap or None,
+            reduction="sum",
+            return_lse=True,
+            compacted=False,
+            implementation="chunked",
+        )[0]
 
     _, arguments = shapes.program("value_and_grad", shape, "chunked")
     return (jax.value_and_grad(loss, (0, 1)) if program == "value_and_grad" else loss), arguments

@@ -89,11 +89,13 @@ def _body(x_ref, y_ref, out_ref, sum_ref):
 
 
 def _steered(shape, blocks):
-    """Blocks of x in reverse order plus how often each is added to itself: a table that steers fetches and loops."""
+    """Blocks of x in reverse order, block i added to itself i times (k / 256 as often): a table steers both."""
 
     def gather(x_MK, y_KN, interpret=False):
         rows = shape.m // blocks.m
-        table = jnp.stack([jnp.arange(rows)[::-1], jnp.arange(rows)]).astype(jnp.int32) + (y_KN[0, 0] != 0)
+        table = jnp.stack([jnp.arange(rows)[::-1], jnp.arange(rows) * max(1, blocks.k // 256)]).astype(jnp.int32) + (
+            y_KN[0, 0] != 0
+        )
         return pl.pallas_call(
             _gather_body,
             out_shape=jax.ShapeDtypeStruct(x_MK.shape, x_MK.dtype),

@@ -77,3 +77,14 @@ def test_a_part_keeps_the_arrays(grid):
     (part,) = calls.find(function, arguments)
     assert part.grid == grid
     assert [a.shape for a in arguments] == [(512, 512), (512, 512)]
+
+
+@pytest.mark.parametrize(("libtpu", "seen"), [("0.0.42.1", False), ("0.0.51", True), ("0.1.0", True), ("", True)])
+def test_an_estimator_that_reads_zeros_gets_only_zeros(libtpu, seen):
+    steering.check([np.zeros((2, 4), np.int32)], libtpu)
+    scalars = [np.zeros(3, np.int32), np.arange(2, dtype=np.int32)]
+    if seen:
+        steering.check(scalars, libtpu)
+    else:
+        with pytest.raises(ValueError, match="takes all scalars for 0"):
+            steering.check(scalars, libtpu)
