@@ -79,6 +79,7 @@ def test_packing_changes_what_is_attended_to():
     assert one != other or packed["segment_ids"].max() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [["train.microbatches=2"], ["model.layers=scan"]])
 def test_settings_of_ours_that_change_speed_do_not_change_losses(change):
     expected = losses(ours.prepare, 3, packed=False, set=[])

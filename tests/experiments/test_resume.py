@@ -142,7 +142,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "a mixture that changes"])
+# The others are CI's: each takes ten seconds and more.
+QUICK = ("several steps a call", "dropout", "a mixture that changes")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in (*KINDS, "a mixture that changes")],
+)
 def test_continued_run_equals_straight_run(kind, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     more = KINDS.get(kind)

@@ -48,13 +48,12 @@ def assert_equal(found, want, targets_N):
 
 
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize(("n", "v"), [(1, 5), (129, 128), (256, 257), (300, 391)])
-def test_tiles_are_those_of_the_plain_form(resident, n, v):
-    inputs = arrays(n, v)
-    for bias_V in (None, inputs[2]):
-        these = (*inputs[:2], bias_V, *inputs[3:])
-        found = both(*these, tpu.Blocks(n=128, v=128, resident=resident), softcap=3.0)
-        assert_equal(found, plain(*these, softcap=3.0), inputs[3])
+@pytest.mark.parametrize(("n", "v", "bias"), [(1, 5, True), (256, 257, False), (300, 391, True)])
+def test_tiles_are_those_of_the_plain_form(resident, n, v, bias):
+    e_ND, c_VD, bias_V, *rest = arrays(n, v)
+    these = (e_ND, c_VD, bias_V if bias else None, *rest)
+    found = both(*these, tpu.Blocks(n=128, v=128, resident=resident), softcap=3.0)
+    assert_equal(found, plain(*these, softcap=3.0), rest[0])
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -19,9 +19,9 @@ class NextToken(Objective):
 
     kind: ClassVar[str] = "next_token"
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5); 1e-4 is usual
-    # Skip tiles of the loss's backward pass that bfloat16 would round away (Wijmans et al. 2024): for fine-tuning with
-    # a kernel. In pre-training rare tokens learn from just these.
-    filter_gradients: bool = False
+    # Leave out tiles of the backward pass that bfloat16 would round away (Wijmans et al. 2024), where a kernel runs.
+    # For fine-tuning: in pre-training rare tokens learn from just these.
+    filter_gradients: bool = False  # let kernels skip negligible gradients of logits
     implementation: Implementation | None = None  # none: the kernel of the device where it can serve, else chunked
 
     def __post_init__(self):
