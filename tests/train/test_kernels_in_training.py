@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.cross_entropy import api as cross_entropy
 from tinyjax import sharding
 from tinyjax.data.packing import IGNORE
 from tinyjax.models.attention import GroupedQuery
@@ -110,3 +111,14 @@ def test_held_out_losses_are_those_of_each_device_s_rows(devices):
         [token_nll(model, params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch(0))) for i in range(ROWS)]
     )
     np.testing.assert_allclose(nll_BS, want_BS, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_filter_of_gradients_reaches_the_kernel(filtered, monkeypatch):
+    """With a threshold above every |softmax - onehot| the filter leaves nothing of the loss's gradient."""
+    monkeypatch.setattr(cross_entropy, "auto_filter_eps", lambda dtype: 2.0)
+    model = Model(config().model, V, jnp.dtype("float32"))
+    objective = NextToken(filter_gradients=filtered, implementation="tpu")
+    params = jax.jit(model.init)(jax.random.key(0))
+    grads = jax.jit(jax.grad(lambda params: objective.loss(model, params, batch(0), None)[0][0]))(params)
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(grads)) == (not filtered)
